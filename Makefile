@@ -5,11 +5,12 @@ JOBS ?= 2
 MODEL ?= smollm2-135m
 BIN := .venv/bin
 
-.PHONY: help serve test check format clean
+.PHONY: help serve demo test check format clean
 
 help:
 	@echo "make serve   set up everything (vLLM included) and serve SmolLM2-135M on port $(PORT)"
 	@echo "             (MODEL=tiny: a tiny model of random weights; or MODEL=a model's folder)"
+	@echo "make demo    serve it under traffic that rises, flips and falls, some five minutes: look at the page"
 	@echo "make test    set up everything and run all checks and tests, real engines among them"
 	@echo "make test-nodes      more of several hosts than make test has; some 15 minutes, as root"
 	@echo "make test-backends   install servers of other make and hold them to the contract; some 15 minutes"
@@ -18,12 +19,16 @@ help:
 # At least two shapes: what is served here is also the demonstration. Set planning.min_shapes=1 in
 # ARGS for the plan that carries most.
 serve:
-	@set -e; model=$$($(PYTHON) tools/setup.py --engine --model '$(MODEL)'); set --; \
+	@set -e; model=$$($(PYTHON) tools/setup.py --engine --page --model '$(MODEL)'); set --; \
 	if [ -d "$$model-int8" ]; then set -- --set "engines.variants={int8: $$model-int8}"; fi; \
 	exec $(BIN)/oserve serve "$$model" --port $(PORT) "$$@" --set planning.min_shapes=2 $(ARGS)
 
+demo:
+	@set -e; model=$$($(PYTHON) tools/setup.py --engine --page --model '$(MODEL)'); \
+	exec $(BIN)/python tools/demo.py "$$model" --port $(PORT) $(ARGS)
+
 test:
-	@$(PYTHON) tools/setup.py --dev --engine --forecast --ray --model smollm2-135m
+	@$(PYTHON) tools/setup.py --dev --engine --forecast --ray --page --browser --model smollm2-135m
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 		-m "not hosts and not alone"

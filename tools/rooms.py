@@ -23,6 +23,7 @@ GROUPS = {
         "gateway",
         "engines",
         "sim",
+        "look",
         "wire",
     ),
     "execution and policy": ("switching", "control"),

@@ -6,6 +6,7 @@ Each step leaves a stamp of what it was made from, so a second run does nothing 
 import argparse
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,8 @@ def main() -> int:
     parser.add_argument("--engine", action="store_true", help="install vLLM")
     parser.add_argument("--dev", action="store_true", help="install what the tests need")
     parser.add_argument("--forecast", action="store_true", help="install the ARIMA baseline")
+    parser.add_argument("--page", action="store_true", help="install the charts of the page")
+    parser.add_argument("--browser", action="store_true", help="install Chromium where that may be")
     parser.add_argument("--ray", action="store_true", help="install Ray")
     parser.add_argument(
         "--model",
@@ -49,6 +52,10 @@ def main() -> int:
         steps.append(("vLLM", _install_engine))
     if wanted.forecast:
         steps.append(("ARIMA", _install_forecast))
+    if wanted.page:
+        steps.append(("Plotly", _install_page))
+    if wanted.browser:
+        steps.append(("browser", _install_browser))
     if wanted.ray:
         steps.append(("Ray", _install_ray))
     if wanted.model:
@@ -134,6 +141,29 @@ def _install_forecast() -> None:
         return
     _pip("statsforecast, about 350 MB", ["--no-deps", *_pins("forecast.txt")])
     _mark("forecast", sources)
+
+
+def _install_page() -> None:
+    sources = [ROOT / "requirements" / "page.txt"]
+    if _done("page", sources):
+        return
+    _pip("Plotly, which draws the page's charts", ["--no-deps", *_pins("page.txt")])
+    _mark("page", sources)
+
+
+def _install_browser() -> None:
+    """Debian's Chromium for the tests of the page; where it cannot be had, they are skipped."""
+    packages = ["chromium", "chromium-driver"]
+    present = all(shutil.which(name) for name in ("chromium", "chromedriver"))
+    if present or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return
+    _say("installing Chromium, which the tests of the page drive")
+    for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", *packages]):
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        done = subprocess.run(command, capture_output=True, check=False, env=environment)
+        if done.returncode != 0:
+            _say("  it cannot be had here: those tests will be skipped")
+            return
 
 
 def _install_ray() -> None:

@@ -12,6 +12,7 @@ from oserve.cli import node as nodes
 from oserve.cli.bench import bench
 from oserve.cli.doctor import doctor
 from oserve.cli.engines import engines
+from oserve.cli.look import look
 from oserve.cli.plan import plan
 from oserve.cli.profile import profile
 from oserve.cli.replay import replay
@@ -42,6 +43,7 @@ app.command()(switch)
 app.add_typer(nodes.app, name="node")
 app.add_typer(keys_of_clients.app, name="keys")
 app.command()(replay)
+app.command()(look)
 app.command()(validate)
 app.command()(engines)
 app.command()(doctor)

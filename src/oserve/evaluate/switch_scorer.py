@@ -129,6 +129,11 @@ class SwitchScorer:
         self._kept_for: SwitchCase | None = None
         self._kept: dict[tuple[float, int], Mask] = {}
 
+    @property
+    def slo(self) -> Slo:
+        """The limits that requests are judged by."""
+        return self._model.slo
+
     def capacities(self, rows: Sequence[ShapePerformance]) -> tuple[ShapePerformance, ...]:
         """The promising rows with simulated capacities; unchanged where there are no limits."""
         model = self._model

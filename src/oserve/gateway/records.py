@@ -4,10 +4,11 @@ import contextlib
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from oserve.core import FinishStatus, OServeError, RequestRecord
 
@@ -202,20 +203,75 @@ def read_records(path: Path, *, last: int | None = None) -> Iterator[RequestReco
     query = f"SELECT * FROM requests WHERE rowid > {first} ORDER BY rowid"
     try:
         for row in connection.execute(query, {"last": last}):
-            yield RequestRecord(
-                arrival_s=row[0],
-                prompt_tokens=row[1],
-                output_tokens=row[2],
-                workload_type=row[3],
-                replica=row[4],
-                ttft_s=row[5],
-                tpot_s=row[6],
-                e2e_s=row[7],
-                status=FinishStatus(row[8]),
-                moves=row[9] if len(row) > 9 else 0,
-                tier=row[10] if len(row) > 10 else "",
-                tenant=row[11] if len(row) > 11 else "",
-                kept=None if len(row) <= 12 or row[12] is None else bool(row[12]),
-            )
+            yield _record(row)
     finally:
         connection.close()
+
+
+def records_after(path: Path, number: int, *, most: int) -> tuple[int, list[RequestRecord]]:
+    """Records newer than the one with that number, the newest ``most``, oldest first.
+
+    Also returns the number of the newest record, counted as in ``newest_record``.
+    """
+    if not path.is_file():
+        return number, []
+    query = "SELECT rowid, * FROM requests WHERE rowid > ? ORDER BY rowid DESC LIMIT ?"
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        rows = connection.execute(query, (number, most)).fetchall()
+    rows.reverse()
+    return (int(rows[-1][0]) if rows else number), [_record(row[1:]) for row in rows]
+
+
+def records_between(path: Path, start_s: float, end_s: float, *, most: int) -> list[RequestRecord]:
+    """The first ``most`` records of requests that arrived between two Unix times."""
+    query = (
+        "SELECT * FROM requests WHERE arrival_s >= ? AND arrival_s < ? ORDER BY arrival_s LIMIT ?"
+    )
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        return [_record(row) for row in connection.execute(query, (start_s, end_s, most))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanBetween:
+    """Requests that ran at some time of a span: all, how often they moved, and how many failed."""
+
+    requests: int
+    moves: int
+    failed: int
+
+
+def ran_between(path: Path, start_s: float, end_s: float, *, longest_s: float) -> RanBetween:
+    """Requests that ran between two Unix times, of those that took at most ``longest_s``."""
+    query = """
+        SELECT count(*), coalesce(sum(moves), 0), coalesce(sum(status = :failed), 0)
+        FROM requests
+        WHERE arrival_s > :first AND arrival_s <= :end AND arrival_s + e2e_s >= :start
+    """
+    values = {
+        "first": start_s - longest_s,
+        "start": start_s,
+        "end": end_s,
+        "failed": FinishStatus.FAILED.value,
+    }
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        requests, moves, failed = connection.execute(query, values).fetchone()
+    return RanBetween(requests=int(requests), moves=int(moves), failed=int(failed))
+
+
+def _record(row: Sequence[Any]) -> RequestRecord:
+    """A row of the table; those of earlier versions lack the last columns."""
+    return RequestRecord(
+        arrival_s=row[0],
+        prompt_tokens=row[1],
+        output_tokens=row[2],
+        workload_type=row[3],
+        replica=row[4],
+        ttft_s=row[5],
+        tpot_s=row[6],
+        e2e_s=row[7],
+        status=FinishStatus(row[8]),
+        moves=row[9] if len(row) > 9 else 0,
+        tier=row[10] if len(row) > 10 else "",
+        tenant=row[11] if len(row) > 11 else "",
+        kept=None if len(row) <= 12 or row[12] is None else bool(row[12]),
+    )

@@ -123,6 +123,7 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     it gets 503. ``overflow_s``: expected work, in seconds, past which a request may leave its
     type's pool. ``inflight_per_device`` bounds the requests in flight at a replica; unset: twice
     its sequence limit.
+    ``page_viewers``: how many may watch the page of one gateway process; 0: nobody.
     API keys come from ``oserve keys``, ``OSERVE_API_KEYS`` (comma-separated) or ``api_keys_file``
     (one a line; those of both are admins of the default tenant); without any the gateway is open.
     """
@@ -149,5 +150,6 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     order: OrderSettings = OrderSettings()
     overload: OverloadSettings = OverloadSettings()
     move: MoveSettings = MoveSettings()
+    page_viewers: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 50
     records_file: str = ""
     max_records: Count = 1_000_000

@@ -9,6 +9,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Status, switches, metrics and load of the cluster.
 
     ``elsewhere``: prior seconds of work and requests of other gateway processes, per replica.
+    ``page``: the sections of the page, see ``look.sections``.
     ``counters``: those of the server itself, in the form of ``metrics``.
     ``metrics``: counters summed over all processes, this one included; empty if it is the only one.
     ``processes``: how many gateway processes there are; 0: as many as the settings say;
@@ -22,6 +23,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     elsewhere: dict[str, tuple[float, int]] = {}
     metrics: dict[str, dict[str, list[float]]] = {}
     switches: msgspec.Raw = msgspec.Raw(b"[]")
+    page: msgspec.Raw = msgspec.Raw(b"{}")
     queued: int = 0
     processes: int = 0
     hand_overs: dict[str, tuple[float, float]] = {}

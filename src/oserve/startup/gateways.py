@@ -14,11 +14,14 @@ from oserve.gateway.process.hub import OperatorCallHandler
 from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
 from oserve.gateway.records import RecordStore
 from oserve.gateway.settings import GatewaySettings
+from oserve.look.points import PageLimits
 from oserve.startup.deployment import ServerDeployment
 from oserve.startup.folders import ServerFolders
 from oserve.startup.gateway_keeper import GatewayKeeper
 from oserve.startup.learned_lengths import learned_estimator
 from oserve.startup.node_fleet import NodeFleet
+from oserve.startup.page_recorder import page_recorder
+from oserve.startup.switch_judge import switch_judge
 
 _UNREACHED = {NodePhase.LOST, NodePhase.SILENT}
 _EVERYWHERE = {"127.0.0.1", "::1", "localhost", "0.0.0.0", "::", ""}
@@ -34,6 +37,16 @@ def gateway_supervisor(
     """The gateway processes in front of the cluster. Raises OServeError."""
     settings = deployment.settings.gateway
     check_host(settings)
+    planning = deployment.settings.planning
+    page = page_recorder(
+        records=settings.records_file,
+        state_file=deployment.state_file,
+        limits=PageLimits(
+            ttft_s=_seconds(planning.slo_ttft_ms), tpot_s=_seconds(planning.slo_tpot_ms)
+        ),
+        longest_s=settings.request_timeout_s,
+        judge=switch_judge(deployment),
+    )
     elsewhere = settings.placement == "every-node" and bool(deployment.settings.cluster.nodes)
     return GatewaySupervisor(
         SupervisorOptions(
@@ -44,14 +57,19 @@ def gateway_supervisor(
             keys_file=(folders.state / KEY_FILE).absolute(),
             keeper=GatewayKeeper(keeper, folders.log),
             run_dir=folders.run,
-            operate=operate,
+            operate=operate if page is None else page.answering(operate),
             clock=clock,
             records=_store(settings) if elsewhere else None,
             # The keeper of a node that is cut off ends everything there after the same time.
             alone_s=SILENCE_S + deployment.settings.engines.orphan_grace_s,
             estimator=learned_estimator(settings.records_file),
+            sampler=page,
         )
     )
+
+
+def _seconds(limit_ms: float | None) -> float | None:
+    return None if limit_ms is None else limit_ms / 1e3
 
 
 def check_host(settings: GatewaySettings) -> None:

@@ -1,11 +1,13 @@
 """The saved state of the controller: one SQLite file, each save one transaction.
 
 If the server is killed at any moment, the last save is complete. The file also holds the arrivals
-of each second and the plans that were in force, for ``oserve replay``.
+of each second and the plans that were in force, for ``oserve replay``, and what the page showed in
+the last six hours.
 """
 
 import contextlib
 import sqlite3
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +25,23 @@ CREATE TABLE IF NOT EXISTS memory (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS decisions (at_s REAL NOT NULL, record BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS plans (at_s REAL NOT NULL, plan TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS seconds (second INTEGER PRIMARY KEY, counts BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS page (at_s REAL PRIMARY KEY, point BLOB NOT NULL, state BLOB NOT NULL);
 """
-_MOST = {"decisions": 10_000, "plans": 1_000, "seconds": 7 * 86_400}
+_MOST = {"decisions": 10_000, "plans": 1_000, "seconds": 7 * 86_400, "page": 6 * 360}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateUpdate:
-    """What one save writes; empty fields keep the saved values."""
+    """What one save writes; empty fields keep the saved values.
+
+    ``page``: Unix time, a point of the page's charts, and the state that the page showed then.
+    """
 
     memory: Mapping[str, bytes]
     decisions: Sequence[Decision] = ()
     plan: tuple[float, str] | None = None
     seconds: Sequence[tuple[int, list[float]]] = ()
+    page: Sequence[tuple[float, bytes, bytes]] = ()
 
 
 class StateStore:
@@ -74,6 +81,10 @@ class StateStore:
                 "REPLACE INTO seconds VALUES (?, ?)",
                 [(second, msgspec.json.encode(counts)) for second, counts in save.seconds],
             )
+            connection.executemany(
+                "REPLACE INTO page VALUES (?, ?, ?)",
+                [(at_s, point, zlib.compress(state)) for at_s, point, state in save.page],
+            )
             for table, most in _MOST.items():
                 connection.execute(
                     f"DELETE FROM {table} WHERE rowid <= (SELECT max(rowid) FROM {table}) - ?",
@@ -104,6 +115,22 @@ class StateStore:
         query = "SELECT second, counts FROM seconds WHERE second > ? ORDER BY second"
         for row in self._rows(query, after_s):
             yield row[0], msgspec.json.decode(row[1], type=list[float])
+
+    def points(self, *, after_s: float) -> list[bytes]:
+        """The points of the page's charts since a Unix time, oldest first."""
+        query = "SELECT point FROM page WHERE at_s > ? ORDER BY at_s"
+        return [row[0] for row in self._rows(query, after_s)]
+
+    def page_states(self, *, start_s: float, end_s: float) -> Iterator[tuple[float, bytes, bytes]]:
+        """What the page showed between two Unix times: time, point and state, oldest first."""
+        query = "SELECT * FROM page WHERE at_s >= ? AND at_s <= ? ORDER BY at_s"
+        for row in self._rows(query, start_s, end_s):
+            yield row[0], row[1], zlib.decompress(row[2])
+
+    def page_span(self) -> tuple[float, float] | None:
+        """The first and the last time that the page was saved; ``None``: never."""
+        first, last = next(self._rows("SELECT min(at_s), max(at_s) FROM page"))
+        return None if first is None else (first, last)
 
     def _rows(self, query: str, *values: object) -> Iterator[tuple[Any, ...]]:
         with contextlib.closing(self._connect()) as connection:

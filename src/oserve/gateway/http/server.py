@@ -24,12 +24,14 @@ from oserve.gateway.http.errors import (
     with_status,
 )
 from oserve.gateway.http.own_routes import MODELS, SWITCHES, OwnRoutes
+from oserve.gateway.http.page_routes import GatewayPageSource, page_routes
 from oserve.gateway.http.prompt import prompt_size
 from oserve.gateway.http.request_ids import RequestIds
 from oserve.gateway.records import RecordSink
 from oserve.gateway.settings import GatewaySettings
 from oserve.gateway.stream.session import Session
 from oserve.gateway.tiers import promise_of
+from oserve.look.feed import PageFeed
 from oserve.wire import Exchange, ServerLimits, serve
 from oserve.wire.server import HttpServer
 from oserve.workload.output import OutputEstimator
@@ -69,6 +71,7 @@ class Gateway(OwnRoutes):
         self._constants = constants_of(settings)
         self._tls = PortTls.of_settings(settings.tls)
         self._watch: asyncio.Task[None] | None = None
+        self.feed = PageFeed(GatewayPageSource(self), most_viewers=settings.page_viewers)
         fresh = self.fresh
         self._routes: dict[bytes, tuple[bytes, bool, Callable[[Exchange, Caller], None]]] = {
             MODELS: (b"GET", True, self.answer_models),
@@ -81,6 +84,7 @@ class Gateway(OwnRoutes):
             _METRICS: (b"GET", False, self.answer_metrics),
             b"/oserve/v1/status": (b"GET", True, fresh(self.answer_status)),
             SWITCHES: (b"GET", True, fresh(self.answer_switches)),
+            **page_routes(self, self.feed),
             **dict.fromkeys(_OPERATED, (b"POST", True, self.answer_operator)),
             **dict.fromkeys((*FORMS, _INVOCATIONS), (b"POST", True, self._generate)),
             **dict.fromkeys(AUXILIARY, (b"POST", True, self._auxiliary)),
@@ -107,6 +111,9 @@ class Gateway(OwnRoutes):
             tls=None if self._tls is None else self._tls.context,
         )
         self._watch = asyncio.ensure_future(self._follow_files())
+        # From every node of a large cluster it would be too much.
+        if settings.page_viewers and settings.placement == "server":
+            self.feed.remember()
         return self._server.port
 
     async def _follow_files(self) -> None:
@@ -129,6 +136,7 @@ class Gateway(OwnRoutes):
         deadline_s = time.monotonic() + self._settings.shutdown_grace_s
         while self.runner.active and time.monotonic() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
+        self.feed.close()
         self.runner.close()
         if self._server is not None:
             await self._server.close()

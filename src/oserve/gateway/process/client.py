@@ -154,6 +154,7 @@ class HubClient:
                 snapshot,
                 status=last.status,
                 switches=last.switches,
+                page=last.page,
                 gauges=last.gauges,
                 counters=last.counters,
             )

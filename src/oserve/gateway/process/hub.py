@@ -31,7 +31,7 @@ from oserve.gateway.process.messages import (
 )
 from oserve.gateway.process.outbox import RecordInbox
 from oserve.gateway.process.packed_table import PackedTable, packed
-from oserve.gateway.process.reports import ProcessView, ReportBook
+from oserve.gateway.process.reports import MetricSums, ProcessView, ReportBook
 from oserve.gateway.process.sent_table import SentTable
 from oserve.gateway.process.shared_keys import SharedKeys
 from oserve.gateway.process.spending import SpendingExchange
@@ -127,12 +127,16 @@ class Hub:
         self._book.expire(self._now())
         return self._book.open_breakers
 
+    def metrics(self) -> MetricSums:
+        """The sums over all processes since the start."""
+        self._book.expire(self._now())
+        return self._book.metrics()
+
     @property
     def tier_outcomes(self) -> dict[str, dict[str, int]]:
         """By tier, how many requests ended in which way, over all processes since the start."""
-        self._book.expire(self._now())
         found: dict[str, dict[str, int]] = {}
-        for labels, numbers in self._book.metrics().get("oserve_tier_requests", {}).items():
+        for labels, numbers in self.metrics().get("oserve_tier_requests", {}).items():
             tier, outcome = labels.split("\t")
             found.setdefault(tier, {})[outcome] = int(numbers[0])
         return found

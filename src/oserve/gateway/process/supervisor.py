@@ -5,10 +5,10 @@ import contextlib
 import hashlib
 import logging
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -20,6 +20,7 @@ from oserve.gateway.process.keeper import KeptProcess, NodeKeeper, ProcessKeeper
 from oserve.gateway.process.messages import GatewayWorkerConfig
 from oserve.gateway.process.node_gateway import GatewayPlan, process_name
 from oserve.gateway.process.node_gateways import NodeGateways
+from oserve.gateway.process.reports import MetricSums
 from oserve.gateway.process.shared_keys import SharedKeys
 from oserve.gateway.process.states import GatewayState, GatewayStatus, status_of
 from oserve.gateway.records import RecordSink
@@ -34,6 +35,14 @@ _REJOIN_LIMIT_S = 10.0
 _RESTART_DELAY_S = 1.0
 
 
+class SnapshotSampler(Protocol):
+    """Watches what is published; ``metrics`` returns the sums over all processes."""
+
+    def sampled(
+        self, snapshot: ClusterSnapshot, metrics: Callable[[], MetricSums]
+    ) -> ClusterSnapshot: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorOptions:
     """What gateway processes serve, and which keeper holds them.
@@ -41,7 +50,8 @@ class SupervisorOptions:
     ``run_dir`` is for the hub's socket. ``keys_file``: where ``oserve keys`` keeps the keys.
     ``operate`` answers operators' calls. ``estimator`` is the state of an ``OutputEstimator`` that
     has learned from earlier requests. ``records`` takes the request records of other nodes;
-    ``alone_s``: how long gateways there serve without the hub.
+    ``alone_s``: how long gateways there serve without the hub. ``sampler`` sees each snapshot that
+    is published, and may add to it.
     """
 
     settings: GatewaySettings
@@ -55,6 +65,7 @@ class SupervisorOptions:
     records: RecordSink | None = None
     alone_s: float = 65.0
     estimator: dict[str, Any] | None = None
+    sampler: SnapshotSampler | None = None
 
 
 class GatewaySupervisor:
@@ -179,6 +190,8 @@ class GatewaySupervisor:
 
     def publish(self, table: RoutingTable, snapshot: ClusterSnapshot) -> None:
         """Send this table and snapshot to all processes."""
+        if self._options.sampler is not None:
+            snapshot = self._options.sampler.sampled(snapshot, self._hub.metrics)
         self._hub.publish(table, snapshot)
 
     def hand_over(self, replica: str, within_s: float) -> None:
