@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CACHE_BYTES = 64 << 20
+CACHE_BYTES = 128 << 20
 STEP_TOKENS = 256
 CONTEXT = 2048
 

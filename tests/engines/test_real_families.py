@@ -4,8 +4,10 @@ Two layers or one period of them, and weights that mean nothing.
 """
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(cut(name)))
     script = [sys.executable, families.__file__, str(folder)]
-    told = subprocess.run(script, capture_output=True, text=True, check=False, timeout=600)
+    # vLLM leaves files of its own behind; a short path, since sockets are among them.
+    with tempfile.TemporaryDirectory(prefix="f") as short:
+        env = os.environ | {"TMPDIR": short}
+        told = subprocess.run(
+            script, capture_output=True, text=True, check=False, timeout=600, env=env
+        )
     lines = [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")]
     assert lines, told.stderr[-3000:]
     return {line["name"]: line for line in lines}
