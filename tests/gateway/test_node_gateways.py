@@ -438,11 +438,32 @@ async def test_a_call_that_breaks_is_made_again_and_nothing_is_lost(world: World
         await until(lambda: node.dialled > dialled)  # noqa: B023
         await until(lambda: process.hub._writer is not None)
     counted: list[float] = []
-    while sum(counted) < 5:
-        counted += [row[0] for one in world.hub.batches() for row in one.arrivals.values()]
-        await asyncio.sleep(0.001)
+
+    def all_counted() -> bool:
+        batches = world.hub.batches()
+        counted.extend(row[0] for one in batches for row in one.arrivals.values())
+        return sum(counted) >= 5
+
+    await until(all_counted)
     assert sum(counted) == 5
     assert world.states()["a"] == "serving"
+
+
+async def test_a_call_that_has_just_broken_is_no_way_to_the_hub(tmp_path: Path) -> None:
+    line = CalledLine()
+    await line.listen(str(tmp_path / "s"))
+    _, writer = await asyncio.open_unix_connection(str(tmp_path / "s"))
+    try:
+        await until(lambda: line._writer is not None)
+        assert line._writer is not None
+        # Before anything can be read of it: uvloop refuses to write there.
+        line._writer.transport.abort()
+        await asyncio.sleep(0)
+        with pytest.raises(ConnectionError):
+            await line.ask(b"{}", 1.0)
+    finally:
+        writer.transport.abort()
+        await line.close()
 
 
 async def test_a_process_that_nobody_calls_knows_it() -> None:

@@ -64,7 +64,8 @@ class CalledLine:
     async def ask(self, message: bytes, limit_s: float | None) -> bytes:
         """See ``HubLine.ask``. A hub that is late is hung up on, so that it calls again."""
         writer = self._writer
-        if writer is None:
+        # uvloop raises RuntimeError for a write to a connection that has been aborted.
+        if writer is None or writer.is_closing():
             raise ConnectionError("the hub has not called")
         number = next(self._numbers)
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
