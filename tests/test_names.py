@@ -105,3 +105,32 @@ def test_each_assert_that_narrows_tells_its_reason() -> None:
 def test_each_broad_except_tells_its_reason() -> None:
     found = without_reason(ast.ExceptHandler, r"except(:| \(?(Base)?Exception\b)")
     assert found == []
+
+
+def test_a_named_type_is_read_by_a_decoder_that_is_made_at_import() -> None:
+    """With ``decode(..., type=T)`` msgspec 0.22 prepares T at its first use.
+
+    Two threads that do so at once can end the process: the second one reads what the first has
+    only begun. A decoder at the top of a module is ready before a thread can use it.
+    """
+    found = [
+        f"{file}:{node.lineno}: {ast.unparse(node)}"
+        for file, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("json.decode")
+        for given in node.keywords
+        if given.arg == "type" and not re.fullmatch(r"[a-z]+", ast.unparse(given.value))
+    ]
+    assert found == []
+
+
+def test_decoders_are_made_at_import() -> None:
+    found = [
+        f"{file}:{node.lineno}: {ast.unparse(node)}"
+        for file, tree in trees().items()
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".Decoder")
+    ]
+    assert found == []

@@ -11,6 +11,8 @@ from oserve.cli.answers import error_message
 from oserve.config import API_KEYS, environment_value
 from oserve.core import OServeError
 
+_DOCUMENT_DECODER = msgspec.json.Decoder(dict[str, Any])
+
 _TIMEOUT_S = 10.0
 
 
@@ -94,7 +96,7 @@ def reason_of(error: Exception) -> str:
 def decode(raw: bytes, url: str, *, needed: str) -> dict[str, Any]:
     """A JSON object with that key; raises OServeError for anything else."""
     try:
-        document = msgspec.json.decode(raw, type=dict[str, Any])
+        document = _DOCUMENT_DECODER.decode(raw)
     except msgspec.DecodeError:
         document = {}
     if needed not in document:

@@ -74,6 +74,9 @@ class _Cards(msgspec.Struct):
     data: list[_Card]
 
 
+_CARDS_DECODER = msgspec.json.Decoder(_Cards)
+
+
 async def find_target(
     session: aiohttp.ClientSession,
     url: str,
@@ -229,6 +232,6 @@ async def _ask(
 
 def _cards(body: bytes) -> list[_Card] | None:
     try:
-        return msgspec.json.decode(body, type=_Cards).data
+        return _CARDS_DECODER.decode(body).data
     except (msgspec.DecodeError, RecursionError):
         return None

@@ -61,6 +61,9 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
     seconds: tuple[RecordedSecond, ...]
 
 
+_RECORDING_DECODER = msgspec.json.Decoder(Recording)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedSecond:
     """The input of a controller runtime in one second.
@@ -108,7 +111,7 @@ class ObservationRecorder:
 def observed_seconds(data: bytes) -> Iterator[ObservedSecond]:
     """Read a recording. Raises OServeError if it is none."""
     try:
-        recording = msgspec.json.decode(data, type=Recording)
+        recording = _RECORDING_DECODER.decode(data)
     except msgspec.DecodeError as error:
         raise OServeError(
             f"it is no recording of a controller: {error}",

@@ -253,6 +253,9 @@ class _Named(msgspec.Struct):
     name: str = ""
 
 
+_NAMED_DECODER = msgspec.json.Decoder(_Named)
+
+
 def encoded(message: KeeperCommand | KeeperEvent) -> bytes:
     """One line."""
     return msgspec.json.encode(message) + b"\n"
@@ -279,6 +282,6 @@ def identity_in(line: bytes) -> KeeperIdentity:
 
 def _name_in(line: bytes) -> str:
     try:
-        return msgspec.json.decode(line, type=_Named).name
+        return _NAMED_DECODER.decode(line).name
     except msgspec.DecodeError:
         return ""

@@ -82,6 +82,9 @@ class _Cards(msgspec.Struct):
     data: list[_Card]
 
 
+_CARDS_DECODER = msgspec.json.Decoder(_Cards)
+
+
 class Probe:
     """Probes one server. Use as an async context manager, or call ``close``."""
 
@@ -200,7 +203,7 @@ class Probe:
 def served_models(body: bytes) -> tuple[ServedModel, ...]:
     """The models that a reply of ``/v1/models`` lists."""
     try:
-        cards = msgspec.json.decode(body, type=_Cards)
+        cards = _CARDS_DECODER.decode(body)
     except msgspec.DecodeError:
         return ()
     return tuple(

@@ -61,6 +61,9 @@ class _Named(msgspec.Struct):
     name: str = ""
 
 
+_NAMED_DECODER = msgspec.json.Decoder(_Named)
+
+
 def encoded(message: EngineFork | ZygoteEvent | SupervisorReady) -> bytes:
     """One line."""
     return msgspec.json.encode(message) + b"\n"
@@ -72,7 +75,7 @@ def fork_of(line: bytes) -> EngineFork | ForkRefused:
         return _FORKS.decode(line)
     except msgspec.DecodeError as error:
         try:
-            name = msgspec.json.decode(line, type=_Named).name
+            name = _NAMED_DECODER.decode(line).name
         except msgspec.DecodeError:
             name = ""
         return ForkRefused(name=name, reason=f"the zygote cannot read a message: {error}")

@@ -53,6 +53,9 @@ class Registry(msgspec.Struct, kw_only=True):
     held: list[RegistryEntry]
 
 
+_REGISTRY_DECODER = msgspec.json.Decoder(Registry)
+
+
 def write_registry(path: Path, held: list[RegistryEntry]) -> None:
     """Replace the file in one step. If the disk is full the file stays as it was."""
     registry = Registry(boot=boot_id(), pid=os.getpid(), held=held)
@@ -67,7 +70,7 @@ def write_registry(path: Path, held: list[RegistryEntry]) -> None:
 def read_registry(path: Path) -> Registry | None:
     """The last state written; ``None`` if there is no readable file."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Registry)
+        return _REGISTRY_DECODER.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError):
         return None
 

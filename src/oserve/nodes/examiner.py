@@ -42,6 +42,8 @@ from oserve.nodes.links import measure_link
 from oserve.nodes.machine import examine_machine
 from oserve.nodes.model_files import cache_folder, find_folder, find_holdings
 
+_EXAMINER_ORDERS_DECODER = msgspec.json.Decoder(ExaminerOrders)
+
 _log = logging.getLogger("oserve.examiner")
 
 
@@ -164,7 +166,7 @@ def main() -> int:
     """Entry point."""
     logging.basicConfig(level=logging.INFO)
     try:
-        orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=ExaminerOrders)
+        orders = _EXAMINER_ORDERS_DECODER.decode(sys.stdin.buffer.readline())
     except msgspec.DecodeError as error:
         _log.error("the examiner cannot read its orders: %s", error)
         return 2

@@ -26,6 +26,10 @@ from oserve.nodes.model_files import cache_folder, note_revision, place_for
 from oserve.nodes.model_staging import ModelStaging
 from oserve.wire.hatch import HatchError
 
+_FILE_TAIL_DECODER = msgspec.json.Decoder(FileTail)
+
+_FILE_HEAD_DECODER = msgspec.json.Decoder(FileHead)
+
 _BLOCK_BYTES = 1 << 20
 # The other side reads what we have already, before it speaks.
 _PATIENCE_S = 600.0
@@ -130,7 +134,7 @@ class FileFetch:
             model=self._query.model, file=file.name, offset=offset, prefix=digest.hexdigest()
         )
         tls.sendall(msgspec.json.encode(wish) + b"\n")
-        head = msgspec.json.decode(read_line(tls, time.monotonic() + _PATIENCE_S), type=FileHead)
+        head = _FILE_HEAD_DECODER.decode(read_line(tls, time.monotonic() + _PATIENCE_S))
         if head.error or head.size_bytes != file.size_bytes:
             raise ConnectionError(f"{file.name}: {head.error or 'it has changed meanwhile'}")
         if head.offset != offset:
@@ -149,7 +153,7 @@ class FileFetch:
             offset += size
             self._have += size
             self._fetched += size
-        tail = msgspec.json.decode(read_line(tls, time.monotonic() + _SILENCE_S), type=FileTail)
+        tail = _FILE_TAIL_DECODER.decode(read_line(tls, time.monotonic() + _SILENCE_S))
         if tail.sha256 != digest.hexdigest():
             os.ftruncate(target, 0)
             raise ConnectionError(f"{file.name} arrived damaged")

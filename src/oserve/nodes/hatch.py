@@ -44,6 +44,8 @@ from oserve.nodes.hatch_relay import Visitor
 from oserve.wire.hatch import BULK_BYTE, keep_alive
 from oserve.wire.tls import TlsLayer
 
+_HATCH_CONFIG_DECODER = msgspec.json.Decoder(HatchConfig)
+
 _log = logging.getLogger("oserve.hatch")
 
 _BACKLOG = 1024
@@ -305,7 +307,7 @@ def main() -> int:
     """Entry point; 1 if the process that relays weights has ended by itself."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        config = msgspec.json.decode(sys.stdin.buffer.readline(), type=HatchConfig)
+        config = _HATCH_CONFIG_DECODER.decode(sys.stdin.buffer.readline())
         folder = Path(config.folder)
         _check_folder(folder)
         identity = config.identity or make_identity(config.node)

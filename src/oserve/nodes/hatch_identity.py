@@ -17,6 +17,8 @@ from oserve.core import OServeError
 from oserve.nodes.hatch_messages import HatchIdentity
 from oserve.wire.hatch import HatchError, pinned_context
 
+_HATCH_IDENTITY_DECODER = msgspec.json.Decoder(HatchIdentity)
+
 _TOKEN_BYTES = 32
 # The client trusts this one certificate, whatever the clocks of the two nodes say. RFC 5280 gives
 # the second of these for "no end".
@@ -63,7 +65,7 @@ def stored_identity(file: Path, node: str) -> HatchIdentity:
                 place=str(file),
                 remedy="remove the file; a new key and token are made at the next start",
             )
-        return msgspec.json.decode(file.read_bytes(), type=HatchIdentity)
+        return _HATCH_IDENTITY_DECODER.decode(file.read_bytes())
     except FileNotFoundError:
         pass
     except (OSError, msgspec.DecodeError) as error:

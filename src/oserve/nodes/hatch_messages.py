@@ -82,10 +82,13 @@ class PublishedHatch:
         )
 
 
+_PUBLISHED_HATCH_DECODER = msgspec.json.Decoder(PublishedHatch)
+
+
 def read_published(folder: Path) -> PublishedHatch | None:
     """The hatch whose folder this is; ``None`` if it does not listen yet."""
     try:
-        return msgspec.json.decode((folder / ADDRESS_FILE).read_bytes(), type=PublishedHatch)
+        return _PUBLISHED_HATCH_DECODER.decode((folder / ADDRESS_FILE).read_bytes())
     except (OSError, msgspec.DecodeError):
         return None
 

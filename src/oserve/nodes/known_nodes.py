@@ -27,6 +27,9 @@ class _Known(msgspec.Struct, frozen=True, kw_only=True):
     nodes: tuple[ClusterNode, ...]
 
 
+_KNOWN_DECODER = msgspec.json.Decoder(_Known)
+
+
 class KnownNodes:
     """The nodes of one cluster, as ``cluster.nodes`` names it, in a folder of the state folder."""
 
@@ -38,7 +41,7 @@ class KnownNodes:
     def read(self) -> dict[str, ClusterNode]:
         """The nodes that were reached before, by name; none if others were named."""
         try:
-            known = msgspec.json.decode((self._folder / _FILE).read_bytes(), type=_Known)
+            known = _KNOWN_DECODER.decode((self._folder / _FILE).read_bytes())
         except FileNotFoundError:
             return {}
         except (OSError, msgspec.DecodeError) as error:

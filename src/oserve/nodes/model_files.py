@@ -63,7 +63,7 @@ def is_complete(folder: Path, names: Collection[str]) -> bool:
     for name in names:
         if name.endswith(_INDEX):
             try:
-                index = msgspec.json.decode((folder / name).read_bytes(), type=_WeightsIndex)
+                index = _WEIGHTS_INDEX_DECODER.decode((folder / name).read_bytes())
             except (OSError, msgspec.DecodeError):
                 return False
             if not set(index.weight_map.values()) <= set(names):
@@ -75,6 +75,9 @@ class _WeightsIndex(msgspec.Struct):
     """The file that tells in which part of the weights each tensor is."""
 
     weight_map: dict[str, str]
+
+
+_WEIGHTS_INDEX_DECODER = msgspec.json.Decoder(_WeightsIndex)
 
 
 def find_folder(name: str, cache: Path) -> Path | None:

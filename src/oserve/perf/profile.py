@@ -96,16 +96,20 @@ class Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     entries: tuple[ProfileEntry, ...]
 
 
+class _Version(msgspec.Struct):
+    format: int
+
+
+_PROFILE_DECODER, _VERSION_DECODER = msgspec.json.Decoder(Profile), msgspec.json.Decoder(_Version)
+
+
 def read_profile(path: Path) -> Profile:
     """Read a profile; raises OServeError that names file and field."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise OServeError(
-            f"cannot read it: {error.strerror}",
-            place=str(path),
-            remedy="check the path, or measure: oserve profile MODEL",
-        ) from None
+        reason, remedy = error.strerror, "check the path, or measure: oserve profile MODEL"
+        raise OServeError(f"cannot read it: {reason}", place=str(path), remedy=remedy) from None
     return decode_profile(content, place=str(path))
 
 
@@ -113,7 +117,7 @@ def decode_profile(content: bytes, *, place: str) -> Profile:
     """Decode a profile; ``place`` names the source in errors. See ``read_profile``."""
     remedy = "measure again: oserve profile MODEL"
     try:
-        version = msgspec.json.decode(content, type=_Version).format
+        version = _VERSION_DECODER.decode(content).format
     except (msgspec.DecodeError, RecursionError) as error:
         raise _bad(error, place, remedy) from None
     if version != FORMAT:
@@ -121,7 +125,7 @@ def decode_profile(content: bytes, *, place: str) -> Profile:
             f"its format is {version}, not {FORMAT}", place=f"{place}: format", remedy=remedy
         )
     try:
-        profile = msgspec.json.decode(content, type=Profile)
+        profile = _PROFILE_DECODER.decode(content)
     except (msgspec.DecodeError, RecursionError) as error:
         raise _bad(error, place, remedy) from None
     refuse_duplicate_keys(content.decode(), place=place)
@@ -129,9 +133,8 @@ def decode_profile(content: bytes, *, place: str) -> Profile:
     for index, entry in enumerate(profile.entries):
         where = f"{place}: entries[{index}]"
         if entry.key in seen:
-            raise OServeError(
-                f"a second entry of {key_name(entry.key)}", place=where, remedy=remedy
-            )
+            name = key_name(entry.key)
+            raise OServeError(f"a second entry of {name}", place=where, remedy=remedy)
         seen.add(entry.key)
         _check_coefficients(entry.coefficients, f"{where}.coefficients", remedy)
     return profile
@@ -349,10 +352,6 @@ def _check_coefficients(values: Mapping[str, float], place: str, remedy: str) ->
         # The defaults belong to another device, so only coefficients that are 0 may be missing.
         if default and name not in values:
             raise OServeError(f"{name} is missing", place=place, remedy=remedy)
-
-
-class _Version(msgspec.Struct):
-    format: int
 
 
 def _bad(error: Exception, place: str, remedy: str) -> OServeError:

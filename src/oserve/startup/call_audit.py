@@ -10,6 +10,8 @@ import msgspec
 from oserve.gateway.access.audit import AUDIT_FILE, AuditEntry, AuditLog
 from oserve.gateway.process.messages import OperatorAnswer, OperatorCall
 
+_FIELDS_DECODER = msgspec.json.Decoder(dict[str, str])
+
 _log = logging.getLogger("oserve.control")
 
 SWITCH_PATH = "/oserve/v1/switch"
@@ -51,7 +53,7 @@ def _changing(call: OperatorCall) -> str | None:
     if call.path != NODES_PATH:
         return None
     try:
-        wanted = msgspec.json.decode(call.body, type=dict[str, str])
+        wanted = _FIELDS_DECODER.decode(call.body)
     except msgspec.DecodeError:
         return None
     action = wanted.get("action", "")

@@ -13,6 +13,8 @@ from oserve.control.nodes import NodeBook
 from oserve.control.status import node_documents
 from oserve.core import NodePhase, NodeState, Observation, OServeError
 
+_DOCUMENT_DECODER = msgspec.json.Decoder(dict[str, Any])
+
 _log = logging.getLogger("oserve.control")
 
 _DRAINING = NodePhase.DRAINING.value
@@ -24,6 +26,9 @@ class NodeCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     action: Literal["list", "cordon", "drain", "uncordon"]
     node: str = ""
+
+
+_NODE_CALL_DECODER = msgspec.json.Decoder(NodeCall)
 
 
 class NodeOperations:
@@ -58,7 +63,7 @@ class NodeOperations:
     async def answer(self, body: bytes, observation: Observation | None) -> dict[str, Any]:
         """Execute a call. Raises OServeError for a malformed one, or for an unknown node."""
         try:
-            call = msgspec.json.decode(body, type=NodeCall)
+            call = _NODE_CALL_DECODER.decode(body)
         except msgspec.DecodeError as error:
             raise OServeError(
                 str(error), place="node", remedy="see docs/operations.md, Nodes"
@@ -100,7 +105,7 @@ class NodeOperations:
     # -- memory ---------------------------------------------------------------------------------
     def _recall(self) -> None:
         try:
-            self._book.restore(msgspec.json.decode(self._path.read_bytes(), type=dict[str, Any]))
+            self._book.restore(_DOCUMENT_DECODER.decode(self._path.read_bytes()))
         except FileNotFoundError:
             return
         except (OSError, msgspec.DecodeError, ValueError, TypeError) as error:

@@ -37,6 +37,8 @@ from oserve.look.switches import SeenSwitch, SwitchLog, SwitchOutcomeSeen
 from oserve.startup.store import StateStore, StateUpdate
 from oserve.startup.switch_judge import SwitchJudge
 
+_PAGE_POINT_DECODER = msgspec.json.Decoder(PagePoint)
+
 _log = logging.getLogger("oserve.look")
 
 _SECTIONS_S = 1.0
@@ -68,7 +70,7 @@ class PageRecorder:
         self._window, self._slo = RecordWindow(limits), limits.ms
         now_s = unix_s()
         saved = self._store.points(after_s=now_s - POINT_S * MOST_POINTS)
-        self._history = PointHistory(msgspec.json.decode(item, type=PagePoint) for item in saved)
+        self._history = PointHistory(_PAGE_POINT_DECODER.decode(item) for item in saved)
         self._switches = SwitchLog(self._store.saved(_SAVED, list[SeenSwitch]) or ())
         self._recent: PageRecent | None = None
         self._newest = newest_record(records)

@@ -18,6 +18,10 @@ import msgspec
 from oserve.control.decision import Decision
 from oserve.core import OServeError
 
+_COUNTS_DECODER = msgspec.json.Decoder(list[float])
+
+_DECISION_DECODER = msgspec.json.Decoder(Decision)
+
 SavedT = TypeVar("SavedT")
 
 _SCHEMA = """
@@ -104,7 +108,7 @@ class StateStore:
     def decisions(self, most: int) -> list[Decision]:
         """The last ``most`` decisions, oldest first."""
         rows = self._rows("SELECT record FROM decisions ORDER BY rowid DESC LIMIT ?", most)
-        return [msgspec.json.decode(row[0], type=Decision) for row in reversed(list(rows))]
+        return [_DECISION_DECODER.decode(row[0]) for row in reversed(list(rows))]
 
     def plans(self) -> list[tuple[float, str]]:
         """Each plan with the Unix time it came into force, as a plan file, oldest first."""
@@ -114,7 +118,7 @@ class StateStore:
         """Arrivals per type in each recorded second, oldest first."""
         query = "SELECT second, counts FROM seconds WHERE second > ? ORDER BY second"
         for row in self._rows(query, after_s):
-            yield row[0], msgspec.json.decode(row[1], type=list[float])
+            yield row[0], _COUNTS_DECODER.decode(row[1])
 
     def points(self, *, after_s: float) -> list[bytes]:
         """The points of the page's charts since a Unix time, oldest first."""

@@ -73,10 +73,13 @@ class _ModelConfig(msgspec.Struct):
     quantization_config: _QuantisationConfig | None = None
 
 
+_MODEL_CONFIG_DECODER = msgspec.json.Decoder(_ModelConfig)
+
+
 def _config(model: str) -> _ModelConfig:
     """Return the model's config.json; an empty one if it is missing or unreadable."""
     try:
-        return msgspec.json.decode((Path(model) / "config.json").read_bytes(), type=_ModelConfig)
+        return _MODEL_CONFIG_DECODER.decode((Path(model) / "config.json").read_bytes())
     except (OSError, msgspec.DecodeError):
         return _ModelConfig()
 

@@ -64,6 +64,9 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
     form: str = ""
 
 
+_NOTE_DECODER = msgspec.json.Decoder(Note)
+
+
 class CacheFolder:
     """Holds caches on their way between two engines of one machine. Callers validate names."""
 
@@ -92,7 +95,7 @@ class CacheFolder:
     def note(self, name: str) -> Note | None:
         """The note of a cache, once all its parts are there or it is known to be lost."""
         try:
-            found = msgspec.json.decode((self._path / f"{name}.note").read_bytes(), type=Note)
+            found = _NOTE_DECODER.decode((self._path / f"{name}.note").read_bytes())
         except (OSError, msgspec.DecodeError):
             return None
         if (self._path / f"{name}.lost").exists():

@@ -35,6 +35,9 @@ class ShownMemory(msgspec.Struct, frozen=True, kw_only=True):
     far: bool = False
 
 
+_SHOWN_MEMORY_DECODER = msgspec.json.Decoder(ShownMemory)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyLimits:
     """Bounds of copying: the rate, the end (on the monotonic clock), and an abort."""
@@ -215,7 +218,7 @@ def _receive_far(
 def _shown(stream: ShardStream) -> Mapping[int, torch.Tensor] | None:
     """Views of the parts in the memory that the sender shows, by number; ``None`` if it is far."""
     try:
-        shown = msgspec.json.decode(stream.take_message(), type=ShownMemory)
+        shown = _SHOWN_MEMORY_DECODER.decode(stream.take_message())
     except msgspec.DecodeError as error:
         raise TransferError(f"cannot read what the sender shows: {error}") from None
     if shown.far:

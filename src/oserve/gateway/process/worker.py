@@ -28,6 +28,8 @@ from oserve.gateway.records import RecordStore
 from oserve.gateway.settings import GatewaySettings
 from oserve.workload.output import OutputEstimator
 
+_GATEWAY_WORKER_CONFIG_DECODER = msgspec.json.Decoder(GatewayWorkerConfig)
+
 _log = logging.getLogger("oserve.gateway")
 
 
@@ -159,7 +161,7 @@ def main() -> None:
     """Entry point."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     rare_collections()
-    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=GatewayWorkerConfig)
+    config = _GATEWAY_WORKER_CONFIG_DECODER.decode(sys.stdin.buffer.readline())
     uvloop.run(_run(config))
 
 
