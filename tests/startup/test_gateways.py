@@ -71,3 +71,9 @@ def test_nodes_in_reach_that_are_not_this_machine_have_gateways() -> None:
     assert found.keepers[0] == found.keepers[1]
     NodeGatewayKeepers(None, cast(GatewaySupervisor, found)).follow(states)
     assert len(found.calls) == 2
+
+
+def test_two_processes_cannot_share_a_unix_socket() -> None:
+    with pytest.raises(OServeError, match="2 gateway processes"):
+        check_host(GatewaySettings(unix_socket="/run/api.sock", processes=2))
+    check_host(GatewaySettings(unix_socket="/run/api.sock"))

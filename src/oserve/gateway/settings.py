@@ -6,6 +6,7 @@ import msgspec
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Origin = Annotated[str, msgspec.Meta(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#A-Z]+)\Z")]
 
 
 class OrderSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -123,6 +124,8 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     it gets 503. ``overflow_s``: expected work, in seconds, past which a request may leave its
     type's pool. ``inflight_per_device`` bounds the requests in flight at a replica; unset: twice
     its sequence limit.
+    ``unix_socket``: the absolute path of a socket to listen on besides the port; unset: none. One
+    process only. ``allowed_origins``: web pages whose scripts may call; see ``gateway.http.cors``.
     ``page_viewers``: how many may watch the page of one gateway process; 0: nobody.
     API keys come from ``oserve keys``, ``OSERVE_API_KEYS`` (comma-separated) or ``api_keys_file``
     (one a line; those of both are admins of the default tenant); without any the gateway is open.
@@ -132,6 +135,8 @@ class GatewaySettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
     processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    unix_socket: Annotated[str, msgspec.Meta(pattern=r"^(/.+)?\Z")] = ""
+    allowed_origins: tuple[Origin, ...] = ()
     max_body_bytes: Count = 16 * 1024 * 1024
     max_connections: Count = 10_000
     max_queued: Annotated[int, msgspec.Meta(ge=0)] = 4096

@@ -73,7 +73,16 @@ def _seconds(limit_ms: float | None) -> float | None:
 
 
 def check_host(settings: GatewaySettings) -> None:
-    """An address of one machine cannot be another's. Raises OServeError."""
+    """An address of one machine cannot be another's, nor a socket two processes'.
+
+    Raises OServeError.
+    """
+    if settings.unix_socket and settings.processes > 1:
+        raise OServeError(
+            f"{settings.processes} gateway processes cannot share a Unix socket",
+            place="gateway.unix_socket",
+            remedy="set gateway.processes=1, or use the port alone",
+        )
     if settings.placement == "every-node" and settings.host not in _EVERYWHERE:
         raise OServeError(
             f"gateways on every node cannot listen on {settings.host}, which is one machine's",

@@ -33,11 +33,12 @@ class Exchange:
     ``on_disconnect`` is called if the client disconnects before the answer is complete;
     ``on_pause`` is called with ``True`` when the client reads too slowly and with ``False`` when it
     has caught up. Both are dropped once the answer is complete, which also breaks the reference
-    cycle between an exchange and its handler.
+    cycle between an exchange and its handler. ``added``: headers of whatever answer it gets.
     """
 
     __slots__ = (
         "_connection",
+        "added",
         "body",
         "done",
         "headers",
@@ -54,6 +55,7 @@ class Exchange:
         self._connection = connection
         self.method = b""
         self.path = b""
+        self.added: tuple[tuple[bytes, bytes], ...] = ()
         self.headers: dict[bytes, bytes] = {}
         self.body = b""
         self.keep_alive = True
@@ -104,6 +106,7 @@ class Exchange:
         self.keep_alive = self.keep_alive and not close
         lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown" % status]
         lines += map(b": ".join, headers)
+        lines += map(b": ".join, self.added)
         if not self.keep_alive:
             lines.append(b"connection: close")
         elif self.http_1_0:

@@ -17,8 +17,9 @@ _DROPPED = {
     b"upgrade",
     b"x-request-id",
 }
-# Limits of OServe's own account at an attached server are none of the client's.
-_LIMITS = b"x-ratelimit-"
+# Limits of OServe's own account at an attached server are none of the client's, and the gateway
+# alone says which origins may read an answer.
+_OWN = (b"x-ratelimit-", b"access-control-")
 _EVENTS = b"text/event-stream"
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -50,9 +51,7 @@ def client_headers(head: ResponseHead, *, plain: bool, events: bool) -> tuple[He
     """
     dropped = _DROPPED | _named(head)
     fields = [
-        field
-        for field in head.headers
-        if field[0] not in dropped and not field[0].startswith(_LIMITS)
+        field for field in head.headers if field[0] not in dropped and not field[0].startswith(_OWN)
     ]
     if events:
         if not any(

@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from oserve.control.dispatch.order import rank_s
@@ -13,9 +14,15 @@ from oserve.core import Caller, Request
 from oserve.core.faults import fault
 from oserve.gateway.access.door import OPEN_CALLER, Door
 from oserve.gateway.access.port_tls import PortTls
+from oserve.gateway.access.unix_port import (
+    clear_unix_socket,
+    open_to_all,
+    remove_unix_socket,
+)
 from oserve.gateway.constants import constants_of
 from oserve.gateway.http.api_form import AUXILIARY, FORMS, invoked_form
 from oserve.gateway.http.body import SALT_FIELD, GenerateBody, gives_salt, parse_body
+from oserve.gateway.http.cors import AllowedOrigins
 from oserve.gateway.http.errors import (
     ApiError,
     bad_request,
@@ -66,7 +73,9 @@ class Gateway(OwnRoutes):
     ) -> None:
         super().__init__(settings, models=models, records=records, estimator=estimator)
         self.door = Door(api_keys, keys_file)
-        self._server: HttpServer | None = None
+        self._servers: list[HttpServer] = []
+        self._socket_file: tuple[int, int] | None = None
+        self._origins = AllowedOrigins(settings.allowed_origins)
         self._ids = RequestIds()
         self._constants = constants_of(settings)
         self._tls = PortTls.of_settings(settings.tls)
@@ -92,9 +101,10 @@ class Gateway(OwnRoutes):
 
     # -- life -----------------------------------------------------------------------------------
     async def listen(self) -> int:
-        """Open the port; returns its number."""
+        """Open the port, and the Unix socket if there is to be one; returns the port's number."""
         settings = self._settings
-        self._server = await serve(
+        opened = partial(
+            serve,
             self._handle,
             refuse=lambda exchange, status, message: send_error(
                 exchange, with_status(status, message), close=True
@@ -105,16 +115,24 @@ class Gateway(OwnRoutes):
                 read_timeout_s=settings.read_timeout_s,
                 stall_s=settings.stall_timeout_s,
             ),
+        )
+        if settings.unix_socket:
+            clear_unix_socket(settings.unix_socket)
+        port = await opened(
             host=settings.host,
             port=settings.port,
             reuse_port=settings.processes > 1,
             tls=None if self._tls is None else self._tls.context,
         )
+        self._servers.append(port)
+        if settings.unix_socket:
+            self._servers.append(await opened(unix_socket=settings.unix_socket))
+            self._socket_file = open_to_all(settings.unix_socket)
         self._watch = asyncio.ensure_future(self._follow_files())
         # From every node of a large cluster it would be too much.
         if settings.page_viewers and settings.placement == "server":
             self.feed.remember()
-        return self._server.port
+        return port.port
 
     async def _follow_files(self) -> None:
         """Use changed keys and certificates from ``FOLLOW_INTERVAL_S`` on."""
@@ -131,21 +149,24 @@ class Gateway(OwnRoutes):
         """Accept no new connections, drain within the grace period, then abort the remainder."""
         if self._watch is not None:
             self._watch.cancel()
-        if self._server is not None:
-            self._server.stop_listening()
+        if self._socket_file is not None:
+            remove_unix_socket(self._settings.unix_socket, self._socket_file)
+        for server in self._servers:
+            server.stop_listening()
         deadline_s = time.monotonic() + self._settings.shutdown_grace_s
         while self.runner.active and time.monotonic() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         self.feed.close()
         self.runner.close()
-        if self._server is not None:
-            await self._server.close()
+        for server in self._servers:
+            await server.close()
 
     # -- requests -------------------------------------------------------------------------------
     def _handle(self, exchange: Exchange) -> None:
         """Handle one request; never raises."""
         request_id = (exchange.headers.get(b"x-request-id") or self._ids.take())[:_REQUEST_ID_BYTES]
         exchange.headers[b"x-request-id"] = request_id
+        exchange.added = self._origins.fields(exchange.headers)
         try:
             self._route(exchange)
         except ApiError as error:
@@ -171,7 +192,8 @@ class Gateway(OwnRoutes):
         if exchange.method not in methods:
             allow = ((b"allow", b", ".join((*methods, b"OPTIONS"))),)
             if exchange.method == b"OPTIONS":
-                exchange.respond(200, b"", headers=allow)
+                leave = self._origins.preflight(exchange.headers, methods)
+                exchange.respond(200, b"", headers=(*allow, *leave))
                 return
             names = " and ".join(name.decode() for name in methods)
             self.refuse(exchange, with_status(405, f"This route takes {names} only"), allow)
