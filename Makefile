@@ -14,7 +14,7 @@ help:
 	@echo "make test    set up everything and run all checks and tests, real engines among them"
 	@echo "make test-nodes      more of several hosts than make test has; some 15 minutes, as root"
 	@echo "make test-backends   install servers of other make and hold them to the contract; some 15 minutes"
-	@echo "make test-vllm       vLLM's own tests of its API, bare and through OServe; some 45 minutes"
+	@echo "make test-vllm       vLLM's own tests of its API, bare and through OServe; four long runs"
 	@echo "make check   format, lint, types, import contracts and fast tests: under a minute"
 
 # At least two shapes: what is served here is also the demonstration. Set planning.min_shapes=1 in

@@ -74,3 +74,5 @@ def test_a_path_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         clear_unix_socket(str(tmp_path / "none" / "api.sock"))
     with pytest.raises(OServeError, match="longer than 107"):
         clear_unix_socket("/" + "a" * 107)
+    with pytest.raises(OServeError, match="not absolute"):
+        clear_unix_socket("api.sock")

@@ -12,21 +12,21 @@ from oserve.engines.group import boot_id
 from oserve.engines.keeper_messages import NodeFacts
 from oserve.gateway.process.supervisor import GatewaySupervisor
 from oserve.gateway.settings import GatewaySettings
-from oserve.startup.gateways import NodeGatewayKeepers, check_host
+from oserve.startup.gateways import NodeGatewayKeepers, check_gateway
 from oserve.startup.node_fleet import NodeFleet
 
 
 @pytest.mark.parametrize("host", ["10.0.0.1", "server.example", "fd00::1"])
 def test_an_address_of_one_machine_is_refused_for_all(host: str) -> None:
     with pytest.raises(OServeError) as refused:
-        check_host(GatewaySettings(host=host, placement="every-node"))
+        check_gateway(GatewaySettings(host=host, placement="every-node"))
     assert (refused.value.place, host in refused.value.message) == ("gateway.host", True)
-    check_host(GatewaySettings(host=host))
+    check_gateway(GatewaySettings(host=host))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1", "::", "localhost"])
 def test_an_address_that_every_machine_has_is_not(host: str) -> None:
-    check_host(GatewaySettings(host=host, placement="every-node"))
+    check_gateway(GatewaySettings(host=host, placement="every-node"))
 
 
 @dataclass
@@ -75,5 +75,5 @@ def test_nodes_in_reach_that_are_not_this_machine_have_gateways() -> None:
 
 def test_two_processes_cannot_share_a_unix_socket() -> None:
     with pytest.raises(OServeError, match="2 gateway processes"):
-        check_host(GatewaySettings(unix_socket="/run/api.sock", processes=2))
-    check_host(GatewaySettings(unix_socket="/run/api.sock"))
+        check_gateway(GatewaySettings(unix_socket="/oserve.sock", processes=2))
+    check_gateway(GatewaySettings(unix_socket="/oserve.sock"))

@@ -10,6 +10,8 @@ from oserve.engines.dial import SILENCE_S
 from oserve.engines.group import boot_id
 from oserve.engines.holding import HeldEngines
 from oserve.gateway.access.key_file import KEY_FILE
+from oserve.gateway.access.unix_port import check_unix_socket
+from oserve.gateway.http.cors import AllowedOrigins
 from oserve.gateway.process.hub import OperatorCallHandler
 from oserve.gateway.process.supervisor import GatewaySupervisor, SupervisorOptions
 from oserve.gateway.records import RecordStore
@@ -36,7 +38,7 @@ def gateway_supervisor(
 ) -> GatewaySupervisor:
     """The gateway processes in front of the cluster. Raises OServeError."""
     settings = deployment.settings.gateway
-    check_host(settings)
+    check_gateway(settings)
     planning = deployment.settings.planning
     page = page_recorder(
         records=settings.records_file,
@@ -72,11 +74,14 @@ def _seconds(limit_ms: float | None) -> float | None:
     return None if limit_ms is None else limit_ms / 1e3
 
 
-def check_host(settings: GatewaySettings) -> None:
-    """An address of one machine cannot be another's, nor a socket two processes'.
+def check_gateway(settings: GatewaySettings) -> None:
+    """Refuse, with OServeError, what no gateway process could listen with.
 
-    Raises OServeError.
+    An address of one machine cannot be another's, nor a socket two processes'.
     """
+    AllowedOrigins(settings.allowed_origins)
+    if settings.unix_socket:
+        check_unix_socket(settings.unix_socket)
     if settings.unix_socket and settings.processes > 1:
         raise OServeError(
             f"{settings.processes} gateway processes cannot share a Unix socket",

@@ -14,8 +14,10 @@ _MOST_PATH_BYTES = 107
 _MODE = 0o666
 
 
-def clear_unix_socket(path: str) -> None:
-    """Make way for a socket at ``path``. Raises OServeError if it cannot be there."""
+def check_unix_socket(path: str) -> bool:
+    """Whether a socket file is at ``path``. Raises OServeError if none can be there."""
+    if not path.startswith("/"):
+        raise _bad("its path is not absolute", path, "begin it with /")
     if len(os.fsencode(path)) > _MOST_PATH_BYTES:
         raise _bad(f"its path is longer than {_MOST_PATH_BYTES} bytes", path, "use a shorter one")
     try:
@@ -23,11 +25,18 @@ def clear_unix_socket(path: str) -> None:
     except FileNotFoundError:
         if not Path(path).parent.is_dir():
             raise _bad("its folder is not there", path, "make the folder first") from None
-        return
+        return False
     except OSError as error:
         raise _bad(error.strerror or str(error), path, "use another path") from None
     if not stat.S_ISSOCK(mode):
         raise _bad("a file that is no socket has this path", path, "use another path")
+    return True
+
+
+def clear_unix_socket(path: str) -> None:
+    """Make way for a socket at ``path``. Raises OServeError if it cannot be there."""
+    if not check_unix_socket(path):
+        return
     if _answers(path):
         raise _bad("another server listens on it", path, "end that one, or use another path")
     with contextlib.suppress(FileNotFoundError):

@@ -247,5 +247,5 @@ def cannot_listen(settings: GatewaySettings, reason: str) -> OServeError:
     return OServeError(
         f"cannot listen on {settings.host}:{settings.port}: {reason}",
         place="gateway.port",
-        remedy="choose another --port, or stop the program that uses this one",
+        remedy="choose another --port or socket, or stop the program that uses this one",
     )
